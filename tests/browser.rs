@@ -219,7 +219,10 @@ fn a_run_is_followed_while_it_goes_on() {
     let patience = std::time::Duration::from_secs(70);
     page.until_within(PAIRS, patience);
     rounds.until_within("document.querySelector('#health-table') !== null", patience);
-    rounds.until_within("document.querySelectorAll('#charts svg.chart').length > 4", patience);
+    rounds.until_within(
+        "document.querySelectorAll('#charts svg.chart').length > 4",
+        patience,
+    );
     assert_clean(&rounds, &server);
 }
 

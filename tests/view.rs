@@ -588,6 +588,144 @@ fn rows_have_images_and_can_be_downloaded() {
     }
 }
 
+/// A run whose held-out answers change from round to round, with its page.
+fn with_changing_answers() -> (Scene, Server) {
+    let scene = Scene::new();
+    pictures(&scene, 40);
+    let pipeline = SCRIPTED.replace("count: 1, temperature: 0", "count: 1, temperature: 1.0");
+    scene.write("p.yaml", pipeline).succeeds(&["run", "p.yaml"]);
+    let server = Server::open(&scene, &["scripted"]);
+    (scene, server)
+}
+
+/// The rows of a ready-made query, as objects.
+fn answer(server: &Server, title: &str) -> Vec<Value> {
+    let questions = server.json("api/questions");
+    let mut all = questions["questions"].as_array().unwrap().iter();
+    let question = all
+        .find(|question| question["title"] == title)
+        .expect(title);
+    let sql = encoded(question["sql"].as_str().unwrap());
+    let found = server.json(&format!("api/sql?limit=1000&q={sql}"));
+    let columns = found["columns"].as_array().unwrap().iter();
+    let names: Vec<String> = columns
+        .map(|column| column["name"].as_str().unwrap().to_owned())
+        .collect();
+    let row = |row: &Value| {
+        let cells = row.as_array().unwrap().iter().cloned();
+        Value::Object(names.iter().cloned().zip(cells).collect())
+    };
+    found["rows"].as_array().unwrap().iter().map(row).collect()
+}
+
+/// The prompt, text and reward of each held-out answer of a round.
+fn judged(scene: &Scene, round: u32) -> Vec<(String, String, f32)> {
+    let answers: Vec<Candidate> = rows(scene, "answers", Some(round));
+    let grades: Vec<Reward> = rows(scene, "grades", Some(round));
+    let both = answers.into_iter().zip(grades);
+    both.map(|(answer, grade)| (answer.prompt_id, answer.text, grade.reward))
+        .collect()
+}
+
+#[test]
+fn ready_made_queries_of_the_evaluation_answer_their_questions() {
+    let (scene, server) = with_changing_answers();
+    let answer = |title| answer(&server, title);
+    let (first, last) = (judged(&scene, 0), judged(&scene, 2));
+    let gains = first
+        .iter()
+        .zip(&last)
+        .map(|(before, after)| (after.2 - before.2, &after.0));
+    let mut gains: Vec<(f32, &String)> = gains.collect();
+    gains.sort_by(|one, other| other.0.total_cmp(&one.0));
+    let improved = answer("Which held-out answers improved most?");
+    assert_eq!(improved[0]["prompt_id"].as_str(), Some(gains[0].1.as_str()));
+    assert!((improved[0]["gain"].as_f64().unwrap() - f64::from(gains[0].0)).abs() < 1e-6);
+    let worse = answer("Which held-out answers got worse?");
+    assert_eq!(worse[0]["prompt_id"].as_str(), Some(gains[39].1.as_str()));
+    let unchanged = first
+        .iter()
+        .zip(&last)
+        .filter(|(before, after)| before.1 == after.1);
+    assert_eq!(
+        answer("Which held-out answers did not change?").len(),
+        unchanged.count()
+    );
+
+    let topics = answer("What is the win rate by topic, last round against first?");
+    let counted: i64 = topics.iter().map(|row| row["n"].as_i64().unwrap()).sum();
+    assert_eq!(
+        counted as usize,
+        gains.iter().filter(|(gain, _)| *gain != 0.0).count()
+    );
+    for row in &topics {
+        // The score interval of Wilson (1927) for n trials at the rate p.
+        let [n, p] = ["n", "rate"].map(|name| row[name].as_f64().unwrap());
+        let z: f64 = 1.96;
+        let middle = (p + z * z / (2.0 * n)) / (1.0 + z * z / n);
+        let reach = z / (1.0 + z * z / n) * (p * (1.0 - p) / n + z * z / (4.0 * n * n)).sqrt();
+        assert!(
+            (row["low"].as_f64().unwrap() - (middle - reach)).abs() < 1e-3,
+            "{row}"
+        );
+        assert!(
+            (row["high"].as_f64().unwrap() - (middle + reach)).abs() < 1e-3,
+            "{row}"
+        );
+    }
+    let mean = last
+        .iter()
+        .map(|(.., reward)| f64::from(*reward))
+        .sum::<f64>()
+        / 40.0;
+    let is_wrong = |(_, text, reward): &&(String, String, f32)| {
+        text.to_lowercase() != "red" && f64::from(*reward) > mean
+    };
+    let wrong = answer("Which held-out answers are wrong, but rewarded?");
+    assert_eq!(wrong.len(), last.iter().filter(is_wrong).count());
+}
+
+#[test]
+fn ready_made_queries_of_the_training_answer_their_questions() {
+    let (scene, server) = with_changing_answers();
+    let answer = |title| answer(&server, title);
+    let mut by_image: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    let prompts: Vec<ovchat_data::tables::Prompt> = rows(&scene, "prompts", None);
+    for round in [1, 2] {
+        for reward in rows::<Reward>(&scene, "rewards", Some(round)) {
+            let prompt = prompts
+                .iter()
+                .find(|prompt| prompt.prompt_id == reward.prompt_id)
+                .unwrap();
+            by_image
+                .entry(prompt.image_ids[0].clone())
+                .or_default()
+                .push(reward.reward.into());
+        }
+    }
+    let mean = |rewards: &[f64]| rewards.iter().sum::<f64>() / rewards.len() as f64;
+    let hardest = by_image
+        .iter()
+        .min_by(|one, other| mean(one.1).total_cmp(&mean(other.1)))
+        .unwrap();
+    let found = answer("Which images are hardest?");
+    assert_eq!(found[0]["image_id"].as_str(), Some(hardest.0.as_str()));
+    assert_eq!(
+        found[0]["answers"], 20,
+        "two prompts, five answers, two rounds"
+    );
+
+    let rejects = crate::run::rows_of_rejects(&scene).len();
+    assert_eq!(
+        answer("Which prompts have no pair, and why?").len(),
+        rejects
+    );
+    let mut cut: Vec<Candidate> = rows(&scene, "candidates", Some(1));
+    cut.extend(rows::<Candidate>(&scene, "candidates", Some(2)));
+    cut.retain(|answer| answer.finish.as_str() == "length");
+    assert_eq!(answer("Which answers were cut off?").len(), cut.len());
+}
+
 #[test]
 fn the_graph_says_what_would_be_built_and_why() {
     let scene = finished(6);

@@ -51,7 +51,8 @@ pub fn read_run(folder: &Path) -> Result<RunFolder, Failed> {
 /// Returns the folder of a run given by the user: a path, or the name of a run below `runs/`.
 pub fn run_folder(name: &Path) -> PathBuf {
     let named = Path::new("runs").join(name);
-    if !name.exists() && named.is_dir() {
+    let is_run = |folder: &Path| folder.join("manifest.json").exists();
+    if named.is_dir() && (!name.exists() || (!is_run(name) && is_run(&named))) {
         named
     } else {
         name.to_owned()

@@ -63,7 +63,7 @@ pub struct GraphTable {
     /// The tables that it is made from.
     pub inputs: Vec<String>,
     pub rows: Option<u64>,
-    /// The seconds that it took to build.
+    /// The seconds of computing, without reading and writing, of all its workers.
     pub seconds: Option<f64>,
     pub state: State,
     /// The action of a run: `up to date`, `would be built`, …; empty if it is not known.
@@ -126,7 +126,7 @@ impl Graph {
                     .iter()
                     .map(|(_, table)| table.to_string())
                     .collect(),
-                rows: made.map(TableVersion::rows).or(one.estimate.rows),
+                rows: made.map(TableVersion::rows),
                 seconds: made.and_then(TableVersion::took).map(|took| took.seconds),
                 state: state(manifest, made, is_running),
                 action: match one.action {

@@ -180,8 +180,8 @@ fn formulas() -> String {
         let warns = metric
             .warns
             .map_or_else(String::new, |warns| format!("; warns if {warns}"));
-        let sentence = format!("{}: {}{warns}", metric.name, metric.help);
-        writeln!(text, "  {sentence}").expect("a string grows");
+        let (name, help) = (metric.name, metric.help);
+        writeln!(text, "  {name}\n      {help}{warns}").expect("a string grows");
     }
     text.push_str(
         "\nChange what the guard does in the pipeline file:\n  guard: { length_correlation > 0.4: stop, \

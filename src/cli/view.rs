@@ -24,7 +24,8 @@ mod sql;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
@@ -40,6 +41,9 @@ use ovchat_pipeline::run::Interrupt;
 /// The time that a connection has for its response, besides the time of a query.
 const RESPONSE_TIME: Duration = Duration::from_secs(60);
 
+/// The longest wait for the end of requests when the server ends.
+const LAST_WORK: Duration = Duration::from_secs(3);
+
 /// Serve a page that shows runs, also while they go on: pairs with their images, the life of a
 /// prompt, rounds, the graph of the tables, and SQL.
 #[derive(Args)]
@@ -54,7 +58,7 @@ pub struct View {
     #[arg(long, default_value_t = 0)]
     port: u16,
     /// The time limit of a query of the page, in seconds.
-    #[arg(long, value_name = "N", default_value_t = 30)]
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..))]
     query_seconds: u32,
     /// Write the page with some pairs as files into a new folder, to send around, instead of serving
     /// it.
@@ -76,7 +80,8 @@ impl View {
             return Err(Failed::Usage(words.to_owned()));
         }
         let query_time = Duration::from_secs(self.query_seconds.into());
-        let runs = Runs::new(folders, Spill::open()?, query_time);
+        let spill = Spill::open()?;
+        let runs = Runs::new(folders, &spill, query_time);
         if let Some(folder) = &self.bundle {
             return bundle::write(&runs, folder, self.pairs);
         }
@@ -90,8 +95,17 @@ impl View {
         let access = Access::new(address.port())?;
         say!("http://{address}/{}/", access.key);
         say!("serving on localhost only, read-only; press Ctrl-C to stop");
-        let site = site::site(Arc::new(runs), access);
+        let runs = Arc::new(runs);
+        let site = site::site(Arc::clone(&runs), access);
         server.serve(&site, query_time + RESPONSE_TIME, &|| interrupt.raised());
+        drop(site);
+        // Requests end soon, with their processes; then nobody uses the temporary files.
+        runs.ends.store(true, Ordering::Relaxed);
+        let begun = Instant::now();
+        while Arc::strong_count(&runs) > 1 && begun.elapsed() < LAST_WORK {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        drop(spill);
         Ok(())
     }
 }

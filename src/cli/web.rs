@@ -64,7 +64,7 @@ pub struct Access {
     /// A random text, part of the address of the page.
     pub key: String,
     /// The names under which the page is served.
-    hosts: [String; 2],
+    hosts: Vec<String>,
 }
 
 impl Access {
@@ -76,14 +76,23 @@ impl Access {
             .map_err(|error| Failed::Words(format!("cannot read random bytes: {error}")))?;
         Ok(Self {
             key: format!("{:032x}", u128::from_le_bytes(bytes)),
-            hosts: ["127.0.0.1", "localhost"].map(|host| format!("{host}:{port}")),
+            hosts: ["127.0.0.1", "localhost"]
+                .into_iter()
+                // Clients leave the usual port out.
+                .flat_map(|host| match port {
+                    80 => vec![format!("{host}:{port}"), host.to_owned()],
+                    _ => vec![format!("{host}:{port}")],
+                })
+                .collect(),
         })
     }
 
     /// Returns the reason to refuse a request with these headers and this key.
     pub fn refusal(&self, headers: &HeaderMap, key: Option<&str>) -> Option<&'static str> {
-        let host = headers.get("host").map(HeaderValue::as_bytes);
-        if !self.hosts.iter().any(|own| host == Some(own.as_bytes())) {
+        let mut hosts = headers.get_all("host").iter();
+        let host = hosts.next().filter(|_| hosts.next().is_none());
+        let host = host.and_then(|host| host.to_str().ok()).unwrap_or_default();
+        if !self.hosts.iter().any(|own| own.eq_ignore_ascii_case(host)) {
             return Some("this page is only served on localhost");
         }
         let origin = headers.get("origin").map(HeaderValue::as_bytes);

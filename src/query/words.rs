@@ -146,7 +146,11 @@ pub fn error(error: DataFusionError) -> QueryError {
                 "tuples are not supported here: write one expression".to_owned()
             } else {
                 let text = text.replace("This feature is not implemented: ", "not supported: ");
-                text.split(BUG).next().unwrap_or_default().to_owned()
+                let text = text.split(BUG).next().unwrap_or_default();
+                match text.contains("No space left on device") {
+                    true => format!("{text}: the folder of temporary files is full; set TMPDIR to another one"),
+                    false => text.to_owned(),
+                }
             }
         }
     };

@@ -77,8 +77,9 @@ impl Node<'_> {
     /// Returns the state that matters most among the rounds.
     fn state(&self) -> State {
         let has = |state| self.rounds.iter().any(|one| one.state == state);
-        let mut states = [State::Running, State::Stale, State::Begun, State::Done].into_iter();
-        states.find(|state| has(*state)).unwrap_or(State::NotBegun)
+        let states = [State::Running, State::Stale, State::Begun, State::NotBegun];
+        let found = states.into_iter().find(|state| has(*state));
+        found.unwrap_or(State::Done)
     }
 
     fn class(&self) -> &'static str {

@@ -12,7 +12,7 @@ use super::child;
 use super::runs::Runs;
 
 /// The most resident memory of such a process, in bytes.
-const MEMORY_MAX: u64 = 320 << 20;
+const MEMORY_MAX: u64 = 1 << 30;
 
 /// The argument that starts such a process.
 pub const COMMAND: &str = "view-query";
@@ -73,7 +73,7 @@ pub fn run(runs: &Runs, folder: &Path, asked: &Asked, query: Query) -> Result<Va
     let input = serde_json::to_vec(&request).expect("plain data serializes");
     let mut command = child::command(&[COMMAND])?;
     // Its spilled rows are below those of this process, and go with them.
-    command.env("TMPDIR", runs.spill.path());
+    command.env("TMPDIR", &runs.spill);
     let output = child::run(command, &input, asked, Some(MEMORY_MAX))?;
     let end = serde_json::from_slice(&output.out);
     match end {
@@ -92,7 +92,7 @@ pub fn file(runs: &Runs) -> Result<(File, PathBuf), Problem> {
     let failed =
         |error: std::io::Error| Problem::Failed(format!("cannot write a temporary file: {error}"));
     let file = tempfile::Builder::new()
-        .tempfile_in(runs.spill.path())
+        .tempfile_in(&runs.spill)
         .map_err(failed)?;
     file.keep().map_err(|error| failed(error.error))
 }

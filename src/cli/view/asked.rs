@@ -14,6 +14,8 @@ pub struct Asked {
     begun: Instant,
     limit: Duration,
     gone: Arc<AtomicBool>,
+    /// True when the server ends.
+    ends: Arc<AtomicBool>,
 }
 
 /// The reason why a request has no result.
@@ -73,7 +75,15 @@ impl Asked {
             begun: Instant::now(),
             limit,
             gone,
+            ends: Arc::default(),
         }
+    }
+
+    /// Ends the request also when `ends` becomes true.
+    #[must_use]
+    pub fn until(self, ends: &Arc<AtomicBool>) -> Self {
+        let ends = Arc::clone(ends);
+        Self { ends, ..self }
     }
 
     /// Returns a parameter, unless it is missing or empty.
@@ -105,7 +115,7 @@ impl Asked {
 
     /// Fails once the client has left or the time is up.
     pub fn go_on(&self) -> Result<(), Problem> {
-        if self.gone.load(Ordering::Relaxed) {
+        if self.gone.load(Ordering::Relaxed) || self.ends.load(Ordering::Relaxed) {
             return Err(Problem::Gone);
         }
         if self.begun.elapsed() > self.limit {

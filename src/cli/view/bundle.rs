@@ -89,6 +89,8 @@ fn contents(runs: &Runs, count: usize) -> Result<(Value, BTreeSet<String>, usize
     let mut overview = ask("runs", &[])?;
     overview["runs"].as_array_mut().expect("a list").truncate(1);
     overview["runs"][0]["running"] = Value::Null;
+    // Where it was on this machine concerns nobody else.
+    overview["runs"][0]["folder"] = overview["runs"][0]["name"].clone();
     keep("runs", &overview);
     let last = overview["runs"][0]["tables"]
         .as_array()

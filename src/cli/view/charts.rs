@@ -167,11 +167,11 @@ fn of_rewards(snapshot: &Snapshot, made: &TableVersion) -> Vec<Chart> {
             help: "The number of answers by reward, in 24 bins.",
             sql: format!(
                 "with ends as (select min(reward) as low, greatest(max(reward) - min(reward), 1e-6) / 24 as width from {table}) \
-                 select round, low + width * least(floor((reward - low) / width), 23) as bin, count(*) as answers \
+                 select round, low + width * least(floor((reward - low) / width), 23) as reward, count(*) as answers \
                  from {table}, ends group by 1, 2 order by 1, 2"
             ),
             kind: "histogram",
-            x: "bin",
+            x: "reward",
             y: vec!["answers"],
             series: Some("round"),
         },

@@ -43,7 +43,7 @@ pub fn thumbnail(runs: &Runs, run: &Run, id: &str) -> Result<(&'static str, Vec<
     if !is_image(id) {
         return Err(Problem::Missing(format!("`{id}` is no image")));
     }
-    let place: PathBuf = runs.spill.path().join(id);
+    let place: PathBuf = runs.spill.join(id);
     if let Ok(made) = std::fs::read(&place) {
         return Ok((media_type(&made).unwrap_or("image/jpeg"), made));
     }

@@ -1,6 +1,7 @@
 //! The process that runs a query of a client: it reads the query from stdin and prints its end.
 
 use std::io::Read as _;
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -13,6 +14,9 @@ use crate::out::line;
 use crate::rows::Format;
 use crate::spill::{self, Spill};
 
+/// The memory limit for the sorts and joins of a query: that of `pipeline sql`.
+const MEMORY: usize = 512 << 20;
+
 /// Reads a query from stdin, runs it, and prints its end.
 pub fn serve() -> Result<(), Failed> {
     let unreadable = |problem: String| Failed::Words(format!("cannot read the query: {problem}"));
@@ -23,16 +27,9 @@ pub fn serve() -> Result<(), Failed> {
         serde_json::from_slice(&input).map_err(|error| unreadable(error.to_string()))?;
     spill::end_at_signals()?;
     // The process that waits has the time limit.
-    let runs = Runs::new(
-        vec![request.folder],
-        Spill::open()?,
-        std::time::Duration::MAX,
-    );
-    let asked = Asked::new(
-        Vec::new(),
-        std::time::Duration::MAX,
-        std::sync::Arc::default(),
-    );
+    let spill = Spill::open()?;
+    let runs = Runs::new(vec![request.folder], &spill, Duration::MAX).with_memory(MEMORY);
+    let asked = Asked::new(Vec::new(), Duration::MAX, std::sync::Arc::default());
     let end = match answer(&runs, &asked, &request.query) {
         Ok(value) => End::Done(value),
         Err(Problem::Refused(words)) => End::Refused(words),

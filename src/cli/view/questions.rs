@@ -162,17 +162,20 @@ fn of_heldout(of: &Heldout) -> Vec<(&'static str, String)> {
         grades,
         prompts,
     } = of;
+    // Of several answers to a prompt, the first one and the mean reward.
     let both = format!(
         "with ends as (select min(round) as first, max(round) as last from {answers}),\n\
-         judged as (\n  select a.round, a.prompt_id, a.text, g.reward from {answers} a\n  \
-         join {grades} g on g.round = a.round and g.prompt_id = a.prompt_id and g.candidate = a.candidate\n),\n\
+         judged as (\n  select a.round, a.prompt_id, max(case when a.candidate = 0 then a.text end) as text, avg(g.reward) as reward\n  \
+         from {answers} a join {grades} g on g.round = a.round and g.prompt_id = a.prompt_id and g.candidate = a.candidate\n  \
+         group by a.round, a.prompt_id\n),\n\
          changed as (\n  select b.prompt_id, b.text as before, l.text as after, l.reward - b.reward as gain\n  \
          from judged b cross join ends e\n  join judged l on l.prompt_id = b.prompt_id and l.round = e.last\n  where b.round = e.first\n)\n"
     );
-    let listed = |order: &str| {
+    let listed = |order: &str, is_wanted: &str| {
         format!(
             "{both}select c.prompt_id, q.image_ids, q.question, q.answer, c.before, c.after, c.gain\n\
-             from changed c join {prompts} q on q.prompt_id = c.prompt_id order by c.gain {order} limit 50"
+             from changed c join {prompts} q on q.prompt_id = c.prompt_id where c.gain {is_wanted} 0\n\
+             order by c.gain {order} limit 50"
         )
     };
     let unchanged = format!(
@@ -183,21 +186,22 @@ fn of_heldout(of: &Heldout) -> Vec<(&'static str, String)> {
         "select a.round, a.prompt_id, q.image_ids, q.question, q.answer, a.text, g.reward from {answers} a\n\
          join {grades} g on g.round = a.round and g.prompt_id = a.prompt_id and g.candidate = a.candidate\n\
          join {prompts} q on q.prompt_id = a.prompt_id\n\
-         where a.round = (select max(round) from {answers}) and lower(trim(a.text)) <> lower(trim(q.answer))\n\
+         where a.round = (select max(round) from {answers}) and lower(trim(a.text)) <> lower(trim(q.answer))\n  \
+         and g.reward > (select avg(reward) from {grades} where round = (select max(round) from {grades}))\n\
          order by g.reward desc"
     );
     let by_topic = format!(
         "{both}, topics as (\n  select split_part(q.question, ' ', 1) || ' ' || split_part(q.question, ' ', 2) as topic, c.gain\n  \
-         from changed c join {prompts} q on q.prompt_id = c.prompt_id where c.gain <> 0\n), \
-         won as (\n  select topic, count(*) as n, avg(case when gain > 0 then 1.0 else 0.0 end) as rate from topics group by topic\n)\n\
+         from changed c join {prompts} q on q.prompt_id = c.prompt_id\n), \
+         won as (\n  select topic, sum(case when gain <> 0 then 1 else 0 end) as n, sum(case when gain = 0 then 1 else 0 end) as ties,\n         avg(case when gain > 0 then 1.0 when gain < 0 then 0.0 end) as rate from topics group by topic\n)\n\
          -- the 95 % interval of Wilson\n\
-         select topic, n, rate,\n       (rate + 1.92 / n - 1.96 * sqrt(rate * (1 - rate) / n + 0.9604 / (n * n))) / (1 + 3.8416 / n) as low,\n       \
-         (rate + 1.92 / n + 1.96 * sqrt(rate * (1 - rate) / n + 0.9604 / (n * n))) / (1 + 3.8416 / n) as high\n\
-         from won order by n desc"
+         select topic, n, ties, rate,\n       (rate + 1.9208 / n - 1.96 * sqrt(rate * (1 - rate) / n + 0.9604 / (n * n))) / (1 + 3.8416 / n) as low,\n       \
+         (rate + 1.9208 / n + 1.96 * sqrt(rate * (1 - rate) / n + 0.9604 / (n * n))) / (1 + 3.8416 / n) as high\n\
+         from won where n > 0 order by n desc"
     );
     vec![
-        ("Which held-out answers improved most?", listed("desc")),
-        ("Which held-out answers got worse?", listed("asc")),
+        ("Which held-out answers improved most?", listed("desc", ">")),
+        ("Which held-out answers got worse?", listed("asc", "<")),
         ("Which held-out answers did not change?", unchanged),
         ("Which held-out answers are wrong, but rewarded?", wrong),
         (

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -28,11 +29,15 @@ const LISTS_KEPT: usize = 6;
 /// All runs of the page.
 pub struct Runs {
     pub list: Vec<Run>,
-    pub spill: Spill,
+    /// The folder of temporary files.
+    pub spill: PathBuf,
+    /// Set when the server ends: requests end, too.
+    pub ends: Arc<AtomicBool>,
     /// The time limit of a request.
     pub query_time: Duration,
     /// Held while an image is decoded.
     pub decoding: Mutex<()>,
+    memory: usize,
     inside: Turns,
     apart: Turns,
 }
@@ -58,7 +63,7 @@ pub struct Snapshot {
 }
 
 impl Runs {
-    pub fn new(folders: Vec<PathBuf>, spill: Spill, query_time: Duration) -> Self {
+    pub fn new(folders: Vec<PathBuf>, spill: &Spill, query_time: Duration) -> Self {
         let run = |folder: PathBuf| Run {
             name: named(&folder),
             folder,
@@ -70,9 +75,11 @@ impl Runs {
         };
         Self {
             list: folders.into_iter().map(run).collect(),
-            spill,
+            spill: spill.path().to_owned(),
+            ends: Arc::default(),
             query_time,
             decoding: Mutex::default(),
+            memory: QUERY_MEMORY,
             inside: Turns::default(),
             apart: Turns::default(),
         }
@@ -85,14 +92,20 @@ impl Runs {
         self.list.get(number).ok_or_else(missing)
     }
 
+    /// Sets the memory limit of a query.
+    #[must_use]
+    pub fn with_memory(self, memory: usize) -> Self {
+        Self { memory, ..self }
+    }
+
     /// Returns the memory of a query, once no other runs in this process.
     pub fn room(&self, asked: &Asked) -> Result<Turn<'_>, Problem> {
-        self.inside.turn(asked, &self.spill)
+        self.inside.turn(asked, self)
     }
 
     /// Waits until no other query of a client runs in another process.
     pub fn apart(&self, asked: &Asked) -> Result<Turn<'_>, Problem> {
-        self.apart.turn(asked, &self.spill)
+        self.apart.turn(asked, self)
     }
 
     /// Runs a query over all tables of a run and the views of its report.
@@ -121,7 +134,7 @@ struct Turns {
 }
 
 impl Turns {
-    fn turn<'r>(&'r self, asked: &Asked, spill: &'r Spill) -> Result<Turn<'r>, Problem> {
+    fn turn<'r>(&'r self, asked: &Asked, runs: &'r Runs) -> Result<Turn<'r>, Problem> {
         let mut is_taken = self.is_taken.lock().expect("no panic while locked");
         while *is_taken {
             asked.go_on()?;
@@ -130,21 +143,21 @@ impl Turns {
             is_taken = waited.expect("no panic while locked").0;
         }
         *is_taken = true;
-        Ok(Turn { turns: self, spill })
+        Ok(Turn { turns: self, runs })
     }
 }
 
 /// A turn, which ends when it is dropped.
 pub struct Turn<'r> {
     turns: &'r Turns,
-    spill: &'r Spill,
+    runs: &'r Runs,
 }
 
 impl Turn<'_> {
     pub fn room(&self) -> Room<'_> {
         Room {
-            memory: QUERY_MEMORY,
-            spill: Some(self.spill.path()),
+            memory: self.runs.memory,
+            spill: Some(&self.runs.spill),
         }
     }
 }

@@ -19,9 +19,10 @@ use ovchat_query::Part;
 /// `overlap`.
 const DISTANCE_MAX: u32 = 6;
 
-/// The least share of words that similar questions have in common, and the number shown of each list.
+/// The least share of words that similar questions have in common, and the number shown of each list and
+/// table.
 const SHARED_MIN: f64 = 0.5;
-const SHOWN: usize = 20;
+const SHOWN: usize = 12;
 
 /// Returns the prompts that are like a prompt.
 pub fn similar(runs: &Runs, asked: &Asked) -> Result<Value, Problem> {
@@ -226,7 +227,6 @@ fn questions(
         found.extend(read(runs, asked, snapshot, made, &best)?);
     }
     found.sort_by(|one, other| other.2.total_cmp(&one.2));
-    found.truncate(SHOWN);
     Ok(found)
 }
 

@@ -87,7 +87,7 @@ async fn respond(runs: Arc<Runs>, access: &Access, request: Request) -> Response
         .collect();
     // Set when the client leaves, because hyper drops this future then.
     let gone = Gone::default();
-    let asked = Asked::new(params, runs.query_time, Arc::clone(&gone.0));
+    let asked = Asked::new(params, runs.query_time, Arc::clone(&gone.0)).until(&runs.ends);
     let work = tokio::task::spawn_blocking(move || answer(&runs, &asked, &path));
     let response = match work.await {
         Ok(Ok(response)) => response,

@@ -133,7 +133,13 @@ impl Bound {
             None => (name, End::Value),
             Some((name, "low")) => (name, End::Low),
             Some((name, "high")) => (name, End::High),
-            Some(_) => return Err(unreadable()),
+            Some((_, end)) => {
+                return Err(Unreadable {
+                    message: format!("an interval has no end `{end}`"),
+                    suggest: None,
+                    help: "the ends are `.low` and `.high`".to_owned(),
+                });
+            }
         };
         let names = METRICS.iter().map(|metric| metric.name);
         let known = metric(name).ok_or_else(|| Unreadable {
@@ -141,6 +147,17 @@ impl Bound {
             suggest: suggest(name, names.clone()),
             help: format!("available metrics: {}", listed(names)),
         })?;
+        if end != End::Value && !known.has_interval {
+            let with = METRICS.iter().filter(|metric| metric.has_interval);
+            return Err(Unreadable {
+                message: format!("the metric `{name}` has no interval"),
+                suggest: None,
+                help: format!(
+                    "metrics with one: {}",
+                    listed(with.map(|metric| metric.name))
+                ),
+            });
+        }
         Ok(Self {
             metric: known.name,
             end,
@@ -250,18 +267,20 @@ mod tests {
     #[test]
     fn an_unreadable_condition_says_what_would_be_one() {
         let message = |text| Condition::read(text).unwrap_err().message;
-        for text in [
-            "cut_off",
-            "cut_off > much",
-            "cut_off.top > 1",
-            "cut_off > inf",
-            "",
-        ] {
+        for text in ["cut_off", "cut_off > much", "cut_off > inf", ""] {
             assert_eq!(
                 message(text),
                 format!("`{text}` is neither a bound nor a query")
             );
         }
+        assert_eq!(
+            message("heldout_step.hi < 0"),
+            "an interval has no end `hi`"
+        );
+        assert_eq!(
+            message("reward.low < 0"),
+            "the metric `reward` has no interval"
+        );
         let misspelt = Condition::read("lenght_ratio > 2").unwrap_err();
         assert_eq!(misspelt.suggest, Some("length_ratio"));
     }

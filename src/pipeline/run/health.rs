@@ -144,8 +144,8 @@ impl Runner<'_> {
         let hide = |text: &str| self.plan.secrets.hide(text);
         let sql: Vec<String> = queries.iter().map(|query| hide(&query.sql)).collect();
         let guard = self.plan.guard.iter();
-        let guard: Vec<Value> = guard
-            .map(|guard| json!([hide(&guard.text), guard.action.as_str()]))
+        let guard: serde_json::Map<String, Value> = guard
+            .map(|guard| (hide(&guard.text), json!(guard.action.as_str())))
             .collect();
         let by = self.plan.keep_by.as_deref();
         // Hidden values of the environment have hashes instead.
@@ -414,6 +414,11 @@ impl Runner<'_> {
         let mut stops = Vec::new();
         for file in self.folder.files(table.as_str(), Some(round)) {
             for row in read_file::<Health>(&file)? {
+                if row.metric == KEPT_BY && row.value.is_none() && round > 0 {
+                    self.report.note(&format!(
+                        "warning: round {round}: `rounds.by` has no value, so this round cannot be the best"
+                    ));
+                }
                 let Some(condition) = &row.condition else {
                     continue;
                 };
@@ -469,7 +474,7 @@ pub fn rounded(value: f64) -> String {
     if value == 0.0 || !value.is_finite() {
         return format!("{value}");
     }
-    if value.abs() < 1e-4 {
+    if value.abs() < 1e-4 || value.abs() >= 1e15 {
         let text = format!("{value:.2e}");
         let (digits, power) = text.split_once('e').expect("an exponent");
         let digits = digits.trim_end_matches('0').trim_end_matches('.');
@@ -545,6 +550,7 @@ mod tests {
             (1e-7, "1e-7"),
             (-3.14e-9, "-3.14e-9"),
             (9.9999, "10"),
+            (1e38, "1e38"),
         ];
         for (value, text) in cases {
             assert_eq!(rounded(value), text);

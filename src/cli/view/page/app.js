@@ -80,7 +80,8 @@
     const run = OV.runs[params.run], state = by('run-state');
     state.replaceChildren();
     if (OV.bundle) OV.add(state, [['bundle', OV.bundle.note, OV.bundle.made].filter(Boolean).join(', ')]);
-    else if (run?.running) OV.add(state, [OV.el('span', { class: 'dot', 'aria-hidden': 'true' }), `running (${run.running})`]);
+    else if (run?.running) OV.add(state, [OV.el('span', { class: 'dot', 'aria-hidden': 'true' }), `running: ${run.running}`]);
+    else if (run?.tables?.some(table => !table.complete)) state.textContent = `not running, unfinished: ${[...new Set(run.tables.filter(table => !table.complete).map(table => table.name))].slice(0, 3).map(name => OV.plain(name, 30)).join(', ')}`;
     if (OV.runs.length === 1) state.prepend(OV.el('strong', { title: OV.plain(run.folder) }, OV.plain(run.name, 60)), ' ');
     notice();
   };

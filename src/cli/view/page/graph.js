@@ -48,7 +48,7 @@
       got.problem && el('p', { class: 'failure' }, OV.text(got.problem, { tag: 'span' })),
       got.svg_light ? box : null,
       el('h2', null, 'Tables'),
-      got.tables.length ? OV.table('Tables of the run', ['Table', { name: 'Round', number: true }, 'Stage', { name: 'Rows', number: true }, { name: 'Time', number: true }, 'State', 'Next run'],
+      got.tables.length ? OV.table('Tables of the run', ['Table', { name: 'Round', number: true }, 'Stage', { name: 'Rows', number: true }, { name: 'Compute time', number: true }, 'State', 'Next run'],
         got.tables.map(t => [OV.tableLink(params.run, t.table), t.round, el('code', null, t.stage_type), t.rows, t.seconds == null ? null : OV.seconds(t.seconds), state(t),
           el('div', null, t.action, t.reasons?.length ? el('ul', { class: 'plain' }, t.reasons.map(r => el('li', { class: 'muted' }, OV.prose(r)))) : null)]), { id: 'graph-table', head: true }) : OV.empty('The run has no tables yet.'),
     ];

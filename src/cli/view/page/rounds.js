@@ -127,7 +127,7 @@
       return el('span', { class: r.action ? `flag ${r.action}` : null, title: r.n == null ? null : `n = ${OV.count(r.n)}` }, el('span', { class: 'value' }, OV.number(r.value)), limits, r.action ? [' ', el('strong', null, words[r.action] ?? r.action)] : null);
     };
     const table = order.flatMap(l => [...l.runs].map(([run, byRound], i) => [
-      i ? el('span', { class: 'unseen' }, title(l)) : el('span', { title: titles.get(l.metric)?.help }, title(l), l.of ? [' ', el('code', { class: 'muted' }, l.of)] : null),
+      i ? el('span', { class: 'unseen' }, title(l)) : el('span', { title: titles.get(l.metric)?.help }, title(l), ' ', el('code', { class: 'muted' }, l.of ? `${l.metric} of ${OV.plain(l.of, 40)}` : l.metric)),
       ...(several ? [OV.runName(run)] : []), ...rounds.map(r => cell(byRound.get(r))), [...byRound.values()].find(r => r.bound)?.bound ?? '']));
     out.push(OV.table('Metrics by round', ['Metric', ...(several ? ['Run'] : []), ...rounds.map(r => ({ name: `Round ${r}`, number: true })), 'Bound'], table, { id: 'health-table', head: true }));
     const help = [...titles.values()].filter(m => m.help);

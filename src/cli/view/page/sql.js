@@ -134,7 +134,7 @@
       one.open ||= t.complete === false;
       byName.set(t.name, one);
     }
-    parts.tables.replaceChildren(...(byName.size ? [el('h2', null, 'Tables'), el('ul', { class: 'plain tables' }, [...byName].map(([name, t]) => el('li', null, OV.tableLink(params.run, name), ' ', OV.muted(OV.plural(t.rows, 'row'), t.rounds ? `, ${OV.plural(t.rounds, 'round')}` : '', t.open ? ', incomplete' : ''))))] : []));
+    parts.tables.replaceChildren(...(byName.size ? [el('h2', null, 'Tables'), el('ul', { class: 'plain tables' }, [...byName, ...['images', 'rejects', 'telemetry'].map(name => [name, null])].map(([name, t]) => t == null ? el('li', null, OV.tableLink(params.run, name)) : el('li', null, OV.tableLink(params.run, name), ' ', OV.muted(OV.plural(t.rows, 'row'), t.rounds ? `, ${OV.plural(t.rounds, 'round')}` : '', t.open ? ', incomplete' : ''))))] : []));
   };
 
   view.keys = { '/': () => { parts.query.focus(); } };

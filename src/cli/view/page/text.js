@@ -163,6 +163,7 @@ const OV = (window.OV = { views: {}, by: id => document.getElementById(id) });
     if (x == null || x === '') return '–';
     if (typeof x !== 'number') return OV.plain(x, 40);
     if (!Number.isFinite(x)) return minus(String(x));
+    if (Math.abs(x) >= 1e15) return minus(x.toExponential(2));
     if (Number.isInteger(x) || Math.abs(x) >= 100) return minus(whole.format(x));
     if (x !== 0 && Math.abs(x) < 0.001) return minus(x.toPrecision(2));
     return minus(three.format(x));
