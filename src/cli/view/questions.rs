@@ -93,10 +93,11 @@ fn of_training(of: &Roles) -> Vec<(&'static str, String)> {
         (
             "Which pairs are surely wrong?",
             format!(
-                "select p.round, p.prompt_id, p.image_ids, p.prompt, q.answer, p.chosen, p.rejected, p.margin\n\
-                 from {pairs} p join {prompts} q on q.prompt_id = p.prompt_id\n\
+                "with known as (select prompt_id, answer from {prompts} where answer is not null)\n\
+                 select p.round, p.prompt_id, p.image_ids, p.prompt, q.answer, p.chosen, p.rejected, p.margin\n\
+                 from known q join {pairs} p on p.prompt_id = q.prompt_id\n\
                  where lower(trim(p.rejected)) = lower(trim(q.answer)) and lower(trim(p.chosen)) <> lower(trim(q.answer))\n\
-                 order by p.margin desc"
+                 order by p.margin desc limit 500"
             ),
         ),
         (
@@ -124,9 +125,13 @@ fn of_training(of: &Roles) -> Vec<(&'static str, String)> {
         (
             "Which answers repeat themselves?",
             format!(
-                "with grams as (\n  select round, prompt_id, candidate, text, token_ids, unnest(range(1, cast(cardinality(token_ids) as bigint) - 2)) as i\n  \
-                 from {answers}\n)\n\
-                 select round, prompt_id, candidate, text,\n       1 - cast(count(distinct array_to_string(array_slice(token_ids, i, i + 3), ' ')) as double) / count(*) as repeated_4\n\
+                "-- of 2,000 prompts, the first by their hashes\n\
+                 with some as (select prompt_id from {answers} group by prompt_id order by prompt_id limit 2000),\n\
+                 grams as (\n  select round, prompt_id, candidate, text, token_ids, \
+                 unnest(range(1, cast(cardinality(token_ids) as bigint) - 2)) as i\n  \
+                 from {answers} where prompt_id in (select prompt_id from some)\n)\n\
+                 select round, prompt_id, candidate, text,\n       \
+                 1 - cast(count(distinct array_to_string(array_slice(token_ids, i, i + 3), ' ')) as double) / count(*) as repeated_4\n\
                  from grams group by round, prompt_id, candidate, text order by repeated_4 desc limit 50"
             ),
         ),
