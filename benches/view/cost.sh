@@ -5,7 +5,7 @@ set -eu
 here=$(cd "$(dirname "$0")/../.." && pwd)
 program=$(realpath "${CARGO_TARGET_DIR:-$here/target}/release/pipeline")
 folder=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$folder"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; sleep 1; rm -rf "$folder"' EXIT
 cd "$folder"
 
 /usr/bin/time -f 'run: %e s, %U + %S processor seconds' "$program" run "$here/pipelines/dpo.yaml" --run run > run.log 2>&1 &

@@ -71,7 +71,7 @@ pub fn pairs(runs: &Runs, asked: &Asked) -> Result<Value, Problem> {
         let at: Vec<usize> = (0..rows.len())
             .filter(|&at| rounds[at] == made.round)
             .collect();
-        add_answers(run, &snapshot, made, &rows, &at, &mut shown)?;
+        add_answers((runs, run), &snapshot, asked, made, &rows, &at, &mut shown)?;
         add_replies(runs, &snapshot, asked, made, &rows, &at, &mut shown)?;
     }
     let mut sql = format!("select * from {}", ident(&name));
@@ -325,8 +325,9 @@ pub fn kept(kept: Option<&ovchat_data::tables::Kept>) -> Value {
 
 /// Adds the known answers of some pairs of a version.
 fn add_answers(
-    run: &Run,
+    (runs, run): (&Runs, &Run),
     snapshot: &Snapshot,
+    asked: &Asked,
     made: &TableVersion,
     rows: &[Pair],
     at: &[usize],
@@ -337,7 +338,7 @@ fn add_answers(
         return Ok(());
     };
     let ids: Vec<&str> = at.iter().map(|&at| rows[at].prompt_id.as_str()).collect();
-    let found = run.prompts::<Prompt>(snapshot, prompts, &ids)?;
+    let found = run.prompts(runs, snapshot, asked, prompts, &ids)?;
     for (at, prompt) in at.iter().zip(found) {
         shown[*at]["answer"] = json!(prompt.and_then(|prompt| prompt.answer));
     }

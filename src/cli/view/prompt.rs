@@ -78,10 +78,9 @@ impl Reading<'_> {
     fn prompt(&self) -> Result<Option<Value>, Problem> {
         for made in self.snapshot.of_kind(Prompt::KIND) {
             let found: Option<Prompt> = if made.round.is_none() && made.complete {
-                self.run
-                    .prompts(self.snapshot, made, &[self.id])?
-                    .pop()
-                    .flatten()
+                let (run, ids) = (self.run, [self.id]);
+                let found = run.prompts(self.runs, self.snapshot, self.asked, made, &ids)?;
+                found.into_iter().next().flatten()
             } else {
                 self.about(made)?.pop()
             };

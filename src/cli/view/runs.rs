@@ -1,7 +1,6 @@
 //! The runs that the page shows: their manifests as they are now, and caches of what was read.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -16,12 +15,15 @@ use crate::graph::Graph;
 use crate::spill::Spill;
 use crate::sql::{report_views, tables};
 use ovchat_data::store::{Images, Lookup, Manifest, RunFolder, TableVersion, lock_holder, rows_at};
-use ovchat_data::tables::{Pair, Row};
+use ovchat_data::tables::{Pair, Prompt, Row};
 use ovchat_query::{self as query, Part, QueryTable, Room, View};
 
 /// The memory limit of a query. One runs at a time: together with indexes and images, the server stays
 /// below 600 MB.
 const QUERY_MEMORY: usize = 224 << 20;
+
+/// The most prompts of which an index is built at once.
+const INDEXED_AT_ONCE: u64 = 100_000;
 
 /// The number of lists of positions that are kept.
 const LISTS_KEPT: usize = 6;
@@ -49,7 +51,7 @@ pub struct Run {
     snapshot: Mutex<Option<Arc<Snapshot>>>,
     images: Mutex<Option<(usize, Images)>>,
     /// Indexes of static tables by the IDs of their prompts.
-    prompts: Mutex<HashMap<String, Lookup>>,
+    prompts: Arc<Mutex<HashMap<String, Option<Lookup>>>>,
     pub(super) lists: Mutex<Vec<(ListKey, Arc<Positions>)>>,
     /// The graph with the stamp at which it was made, and the problem with the pipeline file.
     pub(super) graph: Mutex<Option<(String, Graph, Option<String>)>>,
@@ -69,7 +71,7 @@ impl Runs {
             folder,
             snapshot: Mutex::default(),
             images: Mutex::default(),
-            prompts: Mutex::default(),
+            prompts: Arc::default(),
             lists: Mutex::default(),
             graph: Mutex::default(),
         };
@@ -231,44 +233,80 @@ impl Run {
         Ok(images)
     }
 
-    /// Returns rows of a static table of prompts by their IDs; the index is kept.
-    pub fn prompts<R: Row + Clone>(
+    /// Returns prompts of a static table by their IDs, from an index that is kept. That of a large table
+    /// is built beside the first requests, which search for theirs.
+    pub fn prompts(
         &self,
+        runs: &Runs,
         snapshot: &Snapshot,
+        asked: &Asked,
         made: &TableVersion,
         ids: &[&str],
-    ) -> Result<Vec<Option<R>>, Problem> {
-        let mut indexes = self.prompts.lock().expect("no panic while locked");
-        // Versions that were replaced are not asked for again.
-        indexes.retain(|key, _| snapshot.manifest().made.iter().any(|made| made.key == *key));
+    ) -> Result<Vec<Option<Prompt>>, Problem> {
+        let Some(places) = self.places_of_prompts(snapshot, made, ids)? else {
+            let wanted: Vec<String> = ids.iter().map(|id| literal(id)).collect();
+            let condition = format!("prompt_id in ({})", wanted.join(", "));
+            let found: Vec<Prompt> = snapshot.rows(runs, asked, made, &condition, ids.len())?;
+            let of = |id: &&str| {
+                found
+                    .iter()
+                    .find(|prompt| prompt.prompt_id == **id)
+                    .cloned()
+            };
+            return Ok(ids.iter().map(of).collect());
+        };
+        let mut wanted: Vec<u64> = places.iter().flatten().copied().collect();
+        wanted.sort_unstable();
+        wanted.dedup();
         let files: Vec<PathBuf> = made
             .files()
             .map(|file| self.folder.join(&file.file))
             .collect();
-        let index = match indexes.entry(made.key.clone()) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(Lookup::open(files.clone(), "prompt_id")?),
-        };
-        let places: Vec<Option<u64>> = ids
-            .iter()
-            .map(|id| index.position(id).map(|place| place as u64))
-            .collect();
-        drop(indexes);
-        let mut wanted: Vec<u64> = places.iter().flatten().copied().collect();
-        wanted.sort_unstable();
-        wanted.dedup();
         let sizes: Vec<u64> = made.files().map(|file| file.rows).collect();
         let positions: Vec<(u32, u64)> = wanted.iter().map(|row| position(&sizes, *row)).collect();
-        let found: HashMap<u64, R> = wanted
-            .iter()
-            .copied()
-            .zip(rows_at(&files, &positions)?)
-            .collect();
+        let rows: Vec<Prompt> = rows_at(&files, &positions)?;
+        let found: HashMap<u64, Prompt> = wanted.into_iter().zip(rows).collect();
         // A prompt may have several pairs on a page.
-        Ok(places
-            .into_iter()
-            .map(|place| found.get(&place?).cloned())
-            .collect())
+        let rows = places.into_iter().map(|place| found.get(&place?).cloned());
+        Ok(rows.collect())
+    }
+
+    /// Returns the numbers of the rows of prompts; `None` while the index is being built.
+    fn places_of_prompts(
+        &self,
+        snapshot: &Snapshot,
+        made: &TableVersion,
+        ids: &[&str],
+    ) -> Result<Option<Vec<Option<u64>>>, Problem> {
+        let files: Vec<PathBuf> = made
+            .files()
+            .map(|file| self.folder.join(&file.file))
+            .collect();
+        let mut indexes = self.prompts.lock().expect("no panic while locked");
+        // Versions that were replaced are not asked for again.
+        indexes.retain(|key, _| snapshot.manifest().made.iter().any(|made| made.key == *key));
+        if !indexes.contains_key(&made.key) {
+            if made.rows() > INDEXED_AT_ONCE {
+                indexes.insert(made.key.clone(), None);
+                let (key, all) = (made.key.clone(), Arc::clone(&self.prompts));
+                std::thread::spawn(move || {
+                    let index = Lookup::open(files, "prompt_id").ok();
+                    let mut indexes = all.lock().expect("no panic while locked");
+                    match index {
+                        Some(index) => indexes.insert(key, Some(index)),
+                        // The next request tries again.
+                        None => indexes.remove(&key),
+                    };
+                });
+                return Ok(None);
+            }
+            indexes.insert(made.key.clone(), Some(Lookup::open(files, "prompt_id")?));
+        }
+        let index = indexes.get(&made.key).and_then(Option::as_ref);
+        Ok(index.map(|index| {
+            let place = |id: &&str| index.position(id).map(|place| place as u64);
+            ids.iter().map(place).collect()
+        }))
     }
 
     /// Keeps a list of positions, in place of the oldest one.
