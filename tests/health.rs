@@ -289,6 +289,15 @@ fn the_best_round_is_exported_and_of_equal_ones_the_first() {
     // A null is no value, and the start model is no round.
     let by = "select case when $round = 3 then 0.5 when $round = 0 then 9 end";
     assert_eq!(exported(&scene, by, &[]), checkpoint(&scene, 3));
+    let said = scene.succeeds(&["run", "p.yaml"]);
+    let warned = "warning: round 2: `rounds.by` has no value, so this round cannot be the best";
+    assert_eq!(
+        said.err.matches("`rounds.by` has no value").count(),
+        2,
+        "{}",
+        said.err
+    );
+    assert!(said.err.contains(warned), "{}", said.err);
 }
 
 #[test]

@@ -124,7 +124,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.child.kill().unwrap();
+        // It may have ended by itself.
+        drop(self.child.kill());
         self.child.wait().unwrap();
     }
 }
@@ -522,6 +523,42 @@ fn queries_of_the_page_have_limits_and_end_with_their_client() {
         status == 400 && (why.contains("was stopped") || why.contains("memory limit")),
         "{why}"
     );
+}
+
+#[test]
+fn a_server_that_ends_takes_its_queries_and_files_along() {
+    let scene = finished(40);
+    let temporary = scene.path("tmp");
+    fs::create_dir(&temporary).unwrap();
+    let mut command = scene.command(&["view", "scripted"]);
+    command.env("TMPDIR", &temporary);
+    let mut server = Server::start(command);
+    let spilling = "select a.text from candidates a, candidates b, candidates c order by md5(a.text || b.text || c.text) offset 9000000";
+    let mut stream = TcpStream::connect(server.authority()).unwrap();
+    let head = format!(
+        "GET {}api/sql?q={} HTTP/1.1\r\nHost: {}\r\n\r\n",
+        server.base(),
+        encoded(spilling),
+        server.authority()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    let begun = Instant::now();
+    while server.queries() == 0 || begun.elapsed() < Duration::from_millis(700) {
+        assert!(
+            begun.elapsed() < Duration::from_secs(10),
+            "the query begins"
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let id = server.child.id().to_string();
+    Command::new("kill").args(["-INT", &id]).status().unwrap();
+    let asked = Instant::now();
+    while server.child.try_wait().unwrap().is_none() {
+        assert!(asked.elapsed() < Duration::from_secs(5), "the server ends");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let left: Vec<_> = fs::read_dir(&temporary).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]

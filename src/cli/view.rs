@@ -21,6 +21,7 @@ mod runs;
 mod similar;
 mod site;
 mod sql;
+mod turns;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -28,6 +28,7 @@ pub fn questions(runs: &Runs, asked: &Asked) -> Result<Value, Problem> {
     let mut all = Vec::new();
     if let Some(roles) = roles(&snapshot) {
         all.extend(of_training(&roles));
+        all.extend(of_rewards(&roles));
     }
     if let Some(heldout) = heldout(&snapshot) {
         all.extend(of_heldout(&heldout));
@@ -135,6 +136,18 @@ fn of_training(of: &Roles) -> Vec<(&'static str, String)> {
                  from grams group by round, prompt_id, candidate, text order by repeated_4 desc limit 50"
             ),
         ),
+    ]
+}
+
+/// Returns the questions about rewards and about pairs of several rounds.
+fn of_rewards(of: &Roles) -> Vec<(&'static str, String)> {
+    let Roles {
+        pairs,
+        answers,
+        rewards,
+        prompts,
+    } = of;
+    vec![
         (
             "Does the judge reward length?",
             format!(

@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::asked::{Asked, Problem};
 use super::positions::{ListKey, Positions};
+use super::turns::{Turn, Turns};
 use crate::graph::Graph;
 use crate::spill::Spill;
 use crate::sql::{report_views, tables};
@@ -94,6 +95,13 @@ impl Runs {
         self.list.get(number).ok_or_else(missing)
     }
 
+    fn of_query(&self) -> Room<'_> {
+        Room {
+            memory: self.memory,
+            spill: Some(&self.spill),
+        }
+    }
+
     /// Sets the memory limit of a query.
     #[must_use]
     pub fn with_memory(self, memory: usize) -> Self {
@@ -102,12 +110,12 @@ impl Runs {
 
     /// Returns the memory of a query, once no other runs in this process.
     pub fn room(&self, asked: &Asked) -> Result<Turn<'_>, Problem> {
-        self.inside.turn(asked, self)
+        self.inside.turn(asked, self.of_query())
     }
 
     /// Waits until no other query of a client runs in another process.
     pub fn apart(&self, asked: &Asked) -> Result<Turn<'_>, Problem> {
-        self.apart.turn(asked, self)
+        self.apart.turn(asked, self.of_query())
     }
 
     /// Runs a query over all tables of a run and the views of its report.
@@ -125,49 +133,6 @@ impl Runs {
             asked.go_on()?;
             sink(part)
         })
-    }
-}
-
-/// Work of which one is done at a time.
-#[derive(Default)]
-struct Turns {
-    is_taken: Mutex<bool>,
-    freed: Condvar,
-}
-
-impl Turns {
-    fn turn<'r>(&'r self, asked: &Asked, runs: &'r Runs) -> Result<Turn<'r>, Problem> {
-        let mut is_taken = self.is_taken.lock().expect("no panic while locked");
-        while *is_taken {
-            asked.go_on()?;
-            let patience = Duration::from_millis(100);
-            let waited = self.freed.wait_timeout(is_taken, patience);
-            is_taken = waited.expect("no panic while locked").0;
-        }
-        *is_taken = true;
-        Ok(Turn { turns: self, runs })
-    }
-}
-
-/// A turn, which ends when it is dropped.
-pub struct Turn<'r> {
-    turns: &'r Turns,
-    runs: &'r Runs,
-}
-
-impl Turn<'_> {
-    pub fn room(&self) -> Room<'_> {
-        Room {
-            memory: self.runs.memory,
-            spill: Some(&self.runs.spill),
-        }
-    }
-}
-
-impl Drop for Turn<'_> {
-    fn drop(&mut self) {
-        *self.turns.is_taken.lock().expect("no panic while locked") = false;
-        self.turns.freed.notify_one();
     }
 }
 

@@ -4,6 +4,7 @@
 //! Then the guard acts: it warns, or stops the run.
 
 mod queries;
+mod read;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -18,80 +19,18 @@ use super::runner::{Runner, took};
 use super::stop::tables_up_to;
 use crate::config::{Action, Condition, METRICS, Plan};
 use crate::stages::{Failure, TableName};
-use ovchat_data::store::{LABELS, PartRecord, RunFolder, StoreError, TableFile, read_file};
+use ovchat_data::store::{LABELS, PartRecord, StoreError, TableFile, read_file};
 use ovchat_data::tables::{Health, Label, Row};
 use ovchat_query::{self as query, Param, Part, QueryTable};
 use queries::{MetricQuery, queries};
+use read::KEPT_BY;
+pub use read::{BestRound, best_round, health_of, rounded};
 
 /// The version of the metrics: raised when their queries or the way they are run change.
 const VERSION: u32 = 1;
 
-/// The metric of the value of `rounds.by`.
-const KEPT_BY: &str = "kept_by";
-
 /// The metric of a query of `guard`.
 const QUERY: &str = "query";
-
-/// The best round of a run, by `rounds.by`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct BestRound {
-    pub round: u32,
-    pub value: f64,
-    /// The values of all rounds that have a checkpoint.
-    pub values: Vec<(u32, f64)>,
-}
-
-/// Returns the rows of the table `health` of a run, by round.
-pub fn health_of(run: &RunFolder) -> Result<Vec<(u32, Vec<Health>)>, StoreError> {
-    let mut rounds = Vec::new();
-    for made in &run.manifest().made {
-        if let (true, Some(Health::KIND), Some(round)) =
-            (made.complete, made.kind.as_deref(), made.round)
-        {
-            let mut rows = Vec::new();
-            for file in made.files() {
-                rows.extend(read_file::<Health>(&run.root().join(&file.file))?);
-            }
-            rounds.push((round, rows));
-        }
-    }
-    rounds.sort_by_key(|(round, _)| *round);
-    Ok(rounds)
-}
-
-/// Returns the best round of a run; `None` if its pipeline does not have `keep: best`. Of rounds with
-/// equal values, the earliest is the best.
-pub fn best_round(run: &RunFolder) -> Result<Option<BestRound>, StoreError> {
-    let trained = |round| {
-        let mut made = run.manifest().made.iter();
-        made.any(|made| made.round == Some(round) && made.checkpoint.is_some())
-    };
-    let rounds = health_of(run)?;
-    let of = |rows: &'_ [Health]| rows.iter().find(|row| row.metric == KEPT_BY).cloned();
-    // After a change of the query, the values of rounds that were not computed again do not count.
-    let query = rounds
-        .last()
-        .and_then(|(_, rows)| of(rows))
-        .map(|row| row.source);
-    let mut values = Vec::new();
-    for (round, rows) in &rounds {
-        let row = of(rows).filter(|row| Some(&row.source) == query.as_ref());
-        if let Some(value) = row.and_then(|row| row.value)
-            && trained(*round)
-        {
-            values.push((*round, value));
-        }
-    }
-    let best = values
-        .iter()
-        .copied()
-        .reduce(|best, next| if next.1 > best.1 { next } else { best });
-    Ok(best.map(|(round, value)| BestRound {
-        round,
-        value,
-        values,
-    }))
-}
 
 impl Runner<'_> {
     /// Ends a round: builds its `health` and does what the guard says.
@@ -469,26 +408,6 @@ fn stable(value: f64) -> f64 {
     text.parse().expect("a number that was just written")
 }
 
-/// Returns a number with three significant digits.
-pub fn rounded(value: f64) -> String {
-    if value == 0.0 || !value.is_finite() {
-        return format!("{value}");
-    }
-    if value.abs() < 1e-4 || value.abs() >= 1e15 {
-        let text = format!("{value:.2e}");
-        let (digits, power) = text.split_once('e').expect("an exponent");
-        let digits = digits.trim_end_matches('0').trim_end_matches('.');
-        return format!("{digits}e{power}");
-    }
-    let digits = (2 - value.abs().log10().floor() as i32).clamp(0, 6) as usize;
-    let text = format!("{value:.digits$}");
-    if text.contains('.') {
-        text.trim_end_matches('0').trim_end_matches('.').to_owned()
-    } else {
-        text
-    }
-}
-
 /// True if a run of the plan builds the table `health`.
 pub fn has_health(plan: &Plan) -> bool {
     plan.all().all(|stage| stage.name.as_str() != Health::KIND)
@@ -538,23 +457,11 @@ fn labels_of(root: &Path, round: u32) -> Vec<TableFile> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::stable;
 
     #[test]
-    fn numbers_have_three_digits_and_are_never_rounded_to_zero() {
-        let cases = [
-            (0.0, "0"),
-            (-0.2593, "-0.259"),
-            (1234.5, "1234"),
-            (0.000_157_2, "0.000157"),
-            (1e-7, "1e-7"),
-            (-3.14e-9, "-3.14e-9"),
-            (9.9999, "10"),
-            (1e38, "1e38"),
-        ];
-        for (value, text) in cases {
-            assert_eq!(rounded(value), text);
-        }
+    fn the_last_digits_do_not_depend_on_the_order_of_rows() {
         assert_eq!(stable(0.1 + 0.2), 0.3);
+        assert_eq!(stable(-1.0 / 3.0), -0.333_333_333_333);
     }
 }
