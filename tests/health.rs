@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use ovchat_data::tables::{Candidate, Health, Pair, Reward};
+use ovchat_data::tables::{Candidate, DpoStep, Health, Pair, Reward};
 
 use crate::run::{SCRIPTED, rows};
 use crate::scene::Scene;
@@ -314,4 +314,61 @@ fn a_table_of_the_users_with_the_name_is_left_alone() {
     assert_eq!(said.out.lines().nth(1), Some("200"));
     let said = scene.succeeds(&["health", "scripted"]);
     assert!(said.out.contains("has no health yet"), "{}", said.out);
+}
+
+#[test]
+fn agreement_with_known_answers_and_the_log_ratio_are_what_their_formulas_say() {
+    let scene = Scene::new();
+    let record = |number: u32| serde_json::json!({"id": number.to_string(), "prompt": format!("Which {number}?"), "answer": " Red"});
+    let records: Vec<_> = (0..40).map(record).collect();
+    scene.write("prompts.json", serde_json::json!(records).to_string());
+    let one_word = changed(&[(
+        "policy: { scripted: {} }",
+        "policy: { scripted: { words: 1 } }",
+    )]);
+    scene.write("p.yaml", one_word).succeeds(&["run", "p.yaml"]);
+    let answers: Vec<Candidate> = rows(&scene, "candidates", Some(2));
+    let rewards: Vec<Reward> = rows(&scene, "rewards", Some(2));
+    let is_right = |answer: &Candidate| answer.text.trim().to_lowercase() == "red";
+    let right = answers
+        .iter()
+        .map(|answer| f64::from(u8::from(is_right(answer))));
+    assert_near(metric(&scene, 2, "right").value, mean(right));
+    let mut agrees = Vec::new();
+    for (answers, rewards) in answers.chunks(5).zip(rewards.chunks(5)) {
+        let of = |wanted: bool| {
+            let both = answers.iter().zip(rewards);
+            both.filter(move |(answer, _)| is_right(answer) == wanted)
+                .map(|(_, row)| row.reward)
+        };
+        for one in of(true) {
+            agrees.extend(of(false).map(|other| match one.total_cmp(&other) {
+                std::cmp::Ordering::Greater => 1.0,
+                std::cmp::Ordering::Equal => 0.5,
+                std::cmp::Ordering::Less => 0.0,
+            }));
+        }
+    }
+    let found = metric(&scene, 2, "judge_right");
+    assert_eq!(found.n, Some(agrees.len() as i64));
+    assert!(agrees.len() > 10, "{}", agrees.len());
+    assert_near(found.value, mean(agrees));
+    let heldout: Vec<Candidate> = rows(&scene, "answers", Some(2));
+    let right = heldout
+        .iter()
+        .map(|answer| f64::from(u8::from(is_right(answer))));
+    assert_near(metric(&scene, 2, "heldout_right").value, mean(right));
+
+    // The last tenth of the steps of each round, added up; the default beta is 0.1.
+    let of_round = |round| {
+        let steps: Vec<DpoStep> = rows(&scene, "steps", Some(round));
+        let last = steps
+            .iter()
+            .filter(|step| f64::from(step.step) > 0.9 * steps.len() as f64);
+        mean(last.map(|step| (step.rewards_chosen + step.rewards_rejected) / 2.0 / 0.1))
+    };
+    assert_near(
+        metric(&scene, 2, "log_ratio").value,
+        of_round(1) + of_round(2),
+    );
 }
