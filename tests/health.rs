@@ -164,7 +164,7 @@ fn the_queries_are_those_that_anyone_can_run() {
         .map(str::trim)
         .filter(|query| !query.is_empty())
     {
-        let said = scene.succeeds(&["sql", "scripted", "--", query]);
+        let said = scene.succeeds(&["sql", "scripted", query]);
         assert!(said.out.contains("metric"), "{query}\n{}", said.out);
     }
 }
@@ -225,6 +225,15 @@ fn a_query_guards_with_all_tables_and_the_metrics_of_the_round() {
         others.into_iter().all(|row| row.action.is_none()),
         "defaults are off"
     );
+}
+
+#[test]
+fn rounds_can_end_by_the_health() {
+    let query = "select value > 0 from health where metric = 'answer_tokens' and round = $round";
+    let rounds = format!("rounds: {{ max: 3, stop_when: \"{query}\" }}");
+    let scene = ran(&[("rounds: 2", &rounds)]);
+    assert!(scene.path("runs/scripted/checkpoints/round-1").exists());
+    assert!(!scene.path("runs/scripted/checkpoints/round-2").exists());
 }
 
 #[test]

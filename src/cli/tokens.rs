@@ -211,22 +211,9 @@ impl Counter {
 }
 
 /// Returns the prompt of a pair, and its responses.
-fn asked_and_answered(pair: Pair) -> (Prompt, Vec<String>) {
-    let prompt = Prompt {
-        row_key: pair.row_key,
-        prompt_id: pair.prompt_id,
-        id: pair.id,
-        image: pair.image,
-        image_ids: pair.image_ids,
-        videos: pair.videos,
-        system: pair.system,
-        turns: pair.turns,
-        question: pair.prompt,
-        captions: pair.captions,
-        answer: None,
-        kept: pair.kept,
-    };
-    (prompt, vec![pair.chosen, pair.rejected])
+fn asked_and_answered(mut pair: Pair) -> (Prompt, Vec<String>) {
+    let answers = [&mut pair.chosen, &mut pair.rejected].map(std::mem::take);
+    (pair.into(), answers.into())
 }
 
 /// The images of a run; the last ones read are cached, because rows with the same image are

@@ -99,6 +99,14 @@ pub fn tables(sql: &str) -> Result<Vec<String>, QueryError> {
     })
 }
 
+/// Returns the name of a table as it is written in SQL: in quotes if it needs them.
+pub fn identifier(name: &str) -> String {
+    match tables(&format!("select * from {name}")) {
+        Ok(read) if read == [name] => name.to_owned(),
+        _ => format!("\"{}\"", name.replace('"', "\"\"")),
+    }
+}
+
 /// Runs a query over tables and views (each view may read the previous ones) and passes its rows to
 /// `sink`, batch by batch. Returns the result's schema.
 pub fn run<E: From<QueryError>>(

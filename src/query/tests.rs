@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arrow::array::{Float64Array, RecordBatch};
 use arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 
-use super::{Param, RowCount, over, plan, plan_counted};
+use super::{Param, RowCount, identifier, over, plan, plan_counted};
 
 fn schema() -> SchemaRef {
     let field = |name: &str, of: DataType| Field::new(name, of, true);
@@ -203,5 +203,19 @@ fn errors_are_told_without_the_words_of_developers() {
         ] {
             assert!(!message.contains(word), "{sql}: {message}");
         }
+    }
+}
+
+#[test]
+fn names_are_quoted_where_sql_needs_it() {
+    assert_eq!(identifier("pairs_2"), "pairs_2");
+    for (name, written) in [
+        ("Pairs", "\"Pairs\""),
+        ("a-b", "\"a-b\""),
+        ("order", "\"order\""),
+        ("a\"b", "\"a\"\"b\""),
+        ("a, b", "\"a, b\""),
+    ] {
+        assert_eq!(identifier(name), written);
     }
 }

@@ -21,7 +21,7 @@ pub struct Link {
     changed: Condvar,
 }
 
-/// What the browser has said.
+/// The messages of the browser so far.
 #[derive(Default)]
 pub struct State {
     last_id: u64,
@@ -32,7 +32,7 @@ pub struct State {
     ended: Option<String>,
 }
 
-/// What the events of a page have told.
+/// The requests, errors and sizes that the events of a page have reported.
 #[derive(Default)]
 pub struct Seen {
     /// The id of the tab, which is also that of its main frame.

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use serde_json::{Map, Value, json};
 
@@ -15,8 +14,8 @@ use crate::failed::Failed;
 use crate::out::say;
 use ovchat_data::store::{create_folder, write_atomically, write_folder};
 
-/// Writes the page with the `count` pairs that have the largest margins, of the last round of the
-/// first run, into a new folder.
+/// Writes the page with the `count` pairs that have the largest margins, of the last round of
+/// the run, into a new folder.
 pub fn write(runs: &Runs, to: &Path, count: usize) -> Result<(), Failed> {
     if to.exists() {
         let words = format!("{} already exists; choose another folder", to.display());
@@ -79,15 +78,10 @@ fn contents(runs: &Runs, count: usize) -> Result<(Value, BTreeSet<String>, usize
     let ask = |name: &str, params: &[(&str, &str)]| {
         let params = [("run", "0")].iter().chain(params);
         let params = params.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-        let asked = Asked::new(
-            params.collect(),
-            runs.query_time,
-            Arc::new(AtomicBool::new(false)),
-        );
+        let asked = Asked::new(params.collect(), runs.query_time, Arc::default());
         data(runs, &asked, name)
     };
     let mut overview = ask("runs", &[])?;
-    overview["runs"].as_array_mut().expect("a list").truncate(1);
     overview["runs"][0]["running"] = Value::Null;
     // Where it was on this machine concerns nobody else.
     overview["runs"][0]["folder"] = overview["runs"][0]["name"].clone();
@@ -133,11 +127,7 @@ fn contents(runs: &Runs, count: usize) -> Result<(Value, BTreeSet<String>, usize
     let mut graph = ask("graph", &[])?;
     graph["svg_light"] = json!("graph.svg");
     keep("graph?run=0", &graph);
-    let asked = Asked::new(
-        vec![("run".to_owned(), "0".to_owned())],
-        runs.query_time,
-        Arc::new(AtomicBool::new(false)),
-    );
+    let asked = Asked::new(Vec::new(), runs.query_time, Arc::default());
     let svg = super::graph::svg(runs, &asked)?;
     let count = rows.len();
     let note = format!("{count} of {total} pairs, those with the largest margins");

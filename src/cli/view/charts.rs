@@ -4,10 +4,11 @@ use serde_json::{Value, json};
 
 use super::apart::{self, Query};
 use super::asked::{Asked, Problem};
-use super::runs::{Runs, Snapshot, ident};
+use super::runs::{Runs, Snapshot};
 use super::sql;
 use ovchat_data::store::TableVersion;
 use ovchat_data::tables::{Candidate, Comparison, DpoStep, Pair, Reward, Row, SftStep};
+use ovchat_query::identifier;
 
 /// The most points of a curve, and about the number of those of a scatter plot.
 const POINTS: u64 = 300;
@@ -100,7 +101,7 @@ fn charts(snapshot: &Snapshot) -> Vec<Chart> {
     }
     charts.extend(of_judges(snapshot, &last(Reward::KIND)));
     for made in last(Comparison::KIND) {
-        let table = ident(&made.table);
+        let table = identifier(&made.table);
         charts.push(Chart {
             id: format!("agreement:{}", made.table),
             title: format!("judge and labels: {}", made.table),
@@ -147,7 +148,7 @@ fn charts(snapshot: &Snapshot) -> Vec<Chart> {
 
 /// Returns the charts of a table of rewards.
 fn of_rewards(snapshot: &Snapshot, made: &TableVersion) -> Vec<Chart> {
-    let table = ident(&made.table);
+    let table = identifier(&made.table);
     let mut charts = vec![
         Chart {
             id: format!("reward:{}", made.table),
@@ -194,7 +195,7 @@ fn of_rewards(snapshot: &Snapshot, made: &TableVersion) -> Vec<Chart> {
                 "select r.round, cardinality(a.token_ids) as tokens, r.reward from {table} r join {} a \
                  on a.round = r.round and a.prompt_id = r.prompt_id and a.candidate = r.candidate \
                  where r.prompt_id <= '{threshold}' and a.prompt_id <= '{threshold}' limit 5000",
-                ident(&answers.table)
+                identifier(&answers.table)
             ),
             kind: "scatter",
             x: "tokens",
@@ -207,7 +208,7 @@ fn of_rewards(snapshot: &Snapshot, made: &TableVersion) -> Vec<Chart> {
 
 /// Returns the charts of a table of pairs.
 fn of_pairs(made: &TableVersion) -> Vec<Chart> {
-    let table = ident(&made.table);
+    let table = identifier(&made.table);
     let by_round = |columns: &str| {
         format!("select round, {columns} from {table} group by round order by round")
     };
@@ -267,8 +268,8 @@ fn of_judges(snapshot: &Snapshot, rewards: &[&TableVersion]) -> Vec<Chart> {
                     "select a.round, corr(a.reward, b.reward) as correlation from {} a join {} b \
                      on b.round = a.round and b.prompt_id = a.prompt_id and b.candidate = a.candidate \
                      group by a.round order by a.round",
-                    ident(&one.table),
-                    ident(&other.table)
+                    identifier(&one.table),
+                    identifier(&other.table)
                 ),
                 kind: "lines",
                 x: "round",
@@ -300,7 +301,7 @@ fn of_steps(
         sql: format!(
             "select round, min(step) as step, avg({column}) as {column} from {} \
              group by round, (step - 1) / {width} order by 1, 2",
-            ident(&made.table)
+            identifier(&made.table)
         ),
         kind: "lines",
         x: "step",

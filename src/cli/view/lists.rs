@@ -10,10 +10,10 @@ use serde_json::{Value, json};
 use super::apart::{self, Query};
 use super::asked::{Asked, Problem};
 use super::positions::{ListKey, Positions};
-use super::runs::{Run, Runs, Snapshot, ident, literal};
+use super::runs::{Run, Runs, Snapshot, literal};
 use ovchat_data::store::{TableVersion, rows_at};
 use ovchat_data::tables::{Pair, Prompt, PromptVideo, Reward, Row, Turn};
-use ovchat_query::{self as query, QueryTable};
+use ovchat_query::{self as query, QueryTable, identifier};
 
 /// The most rows of a page.
 const PAGE_MAX: usize = 200;
@@ -74,7 +74,7 @@ pub fn pairs(runs: &Runs, asked: &Asked) -> Result<Value, Problem> {
         add_answers((runs, run), &snapshot, asked, made, &rows, &at, &mut shown)?;
         add_replies(runs, &snapshot, asked, made, &rows, &at, &mut shown)?;
     }
-    let mut sql = format!("select * from {}", ident(&name));
+    let mut sql = format!("select * from {}", identifier(&name));
     let has_rounds = versions.iter().any(|made| made.round.is_some());
     let of_round = round.filter(|_| has_rounds);
     let of_round = of_round.map(|round| format!("round = {round}"));

@@ -3,9 +3,10 @@
 use serde_json::{Value, json};
 
 use super::asked::{Asked, Problem};
-use super::runs::{Runs, Snapshot, ident};
+use super::runs::{Runs, Snapshot};
 use ovchat_data::store::TableVersion;
 use ovchat_data::tables::{Candidate, Pair, Prompt, Reward, Row};
+use ovchat_query::identifier;
 
 /// The tables that the queries read.
 struct Roles {
@@ -48,7 +49,7 @@ fn roles(snapshot: &Snapshot) -> Option<Roles> {
     let rewards = snapshot.nearest(pairs, Reward::KIND)?;
     let answers = snapshot.nearest(rewards, Candidate::KIND)?;
     let prompts = snapshot.nearest(answers, Prompt::KIND)?;
-    let name = |made: &TableVersion| ident(&made.table);
+    let name = |made: &TableVersion| identifier(&made.table);
     Some(Roles {
         pairs: name(pairs),
         answers: name(answers),
@@ -63,7 +64,7 @@ fn heldout(snapshot: &Snapshot) -> Option<Heldout> {
     let mut grades = snapshot
         .of_kind(Reward::KIND)
         .filter(|made| made.round.is_some());
-    let name = |made: &TableVersion| ident(&made.table);
+    let name = |made: &TableVersion| identifier(&made.table);
     grades.find_map(|grades| {
         let answers = snapshot.nearest(grades, Candidate::KIND)?;
         let prompts = snapshot.nearest(answers, Prompt::KIND)?;

@@ -419,17 +419,6 @@ pub fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 
-/// Returns the name of a table in SQL, in quotes if it needs them.
-pub fn ident(name: &str) -> String {
-    let is_plain = name
-        .bytes()
-        .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_');
-    match query::tables(&format!("select * from {name}")) {
-        Ok(read) if is_plain && read == [name] => name.to_owned(),
-        _ => format!("\"{}\"", name.replace('"', "\"\"")),
-    }
-}
-
 /// Returns the name of a run: that of its folder.
 fn named(folder: &Path) -> String {
     let whole = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());

@@ -13,7 +13,7 @@ use super::lists::videos;
 use super::runs::{Runs, Snapshot, literal};
 use ovchat_data::store::TableVersion;
 use ovchat_data::tables::{Pair, Prompt, Row};
-use ovchat_query::Part;
+use ovchat_query::{Part, identifier};
 
 /// The most bits in which perceptual hashes of near-duplicates differ: the default of the stage type
 /// `overlap`.
@@ -93,20 +93,7 @@ fn find(
     }
     for made in snapshot.of_kind(Pair::KIND) {
         if let Some(pair) = snapshot.about::<Pair>(runs, asked, made, id)?.pop() {
-            return Ok(Some(Prompt {
-                row_key: pair.row_key,
-                prompt_id: pair.prompt_id,
-                id: pair.id,
-                image: pair.image,
-                image_ids: pair.image_ids,
-                videos: pair.videos,
-                system: pair.system,
-                turns: pair.turns,
-                question: pair.prompt,
-                captions: pair.captions,
-                answer: None,
-                kept: pair.kept,
-            }));
+            return Ok(Some(pair.into()));
         }
     }
     Ok(None)
@@ -202,7 +189,10 @@ fn questions(
     let mut found = Vec::new();
     for made in snapshot.of_kind(Prompt::KIND) {
         let mut best: Vec<(f64, String)> = Vec::new();
-        let sql = format!("select prompt_id, question from \"{}\"", made.table);
+        let sql = format!(
+            "select prompt_id, question from {}",
+            identifier(&made.table)
+        );
         runs.query(snapshot, asked, &sql, |part| {
             let Part::Rows(rows) = part else {
                 return Ok(());

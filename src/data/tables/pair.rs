@@ -1,6 +1,6 @@
 //! Row type of preference pairs: a chosen and a rejected answer to a prompt.
 
-use super::prompt::{PromptVideo, Turn};
+use super::prompt::{Prompt, PromptVideo, Turn};
 use super::row::{Kept, rows};
 
 rows! {
@@ -57,5 +57,25 @@ rows! {
         /// Fingerprint of the model that sampled the answers and computed their
         /// log-probabilities.
         pub model: Option<String>,
+    }
+}
+
+impl From<Pair> for Prompt {
+    /// Returns the prompt of a pair; a pair has no known answer.
+    fn from(pair: Pair) -> Self {
+        Self {
+            row_key: pair.row_key,
+            prompt_id: pair.prompt_id,
+            id: pair.id,
+            image: pair.image,
+            image_ids: pair.image_ids,
+            videos: pair.videos,
+            system: pair.system,
+            turns: pair.turns,
+            question: pair.prompt,
+            captions: pair.captions,
+            answer: None,
+            kept: pair.kept,
+        }
     }
 }

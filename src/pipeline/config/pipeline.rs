@@ -278,8 +278,8 @@ pub struct Until {
     /// The maximum number of rounds.
     pub max: NonZeroU32,
     /// A query that runs after every round and returns one boolean: true ends the rounds; false,
-    /// null or no row continues them. It may read every table built so far, with the column `round`
-    /// if the table has rounds; `$round` is the round that has just ended.
+    /// null or no row continues them. It may read every table built so far, and `health`, with the
+    /// column `round` if the table has rounds; `$round` is the round that has just ended.
     #[serde(default)]
     pub stop_when: Option<String>,
     /// The round whose checkpoint `pipeline export` takes: the last one, or the best one by `by`. Each
@@ -288,7 +288,7 @@ pub struct Until {
     pub keep: KeepRound,
     /// With `keep: best`, a query that runs after every round and returns one number. The round with
     /// the highest number is the best; of equal ones, the earliest. It may read the same tables as
-    /// `stop_when`, and `health`.
+    /// `stop_when`.
     #[serde(default)]
     pub by: Option<String>,
 }

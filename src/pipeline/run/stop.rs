@@ -6,6 +6,7 @@ use super::runner::{Runner, note_once};
 use crate::config::Plan;
 use crate::stages::Failure;
 use ovchat_data::store::RunFolder;
+use ovchat_data::tables::{Health, Row};
 use ovchat_query::{self as query, Param, Part, QueryTable};
 
 /// Evaluates the plan's `stop_when` after a round, over the tables of `folder` up to that round.
@@ -18,7 +19,20 @@ pub fn ends(
     let Some(sql) = &plan.stop_when else {
         return Ok(false);
     };
-    let tables = tables_up_to(plan, folder, round);
+    let mut tables = tables_up_to(plan, folder, round);
+    if !tables.iter().any(|table| table.name == Health::KIND) {
+        let made = folder.manifest().made.iter();
+        let made = made.filter(|made| made.table == Health::KIND && made.complete);
+        let made = made.filter(|made| made.round.is_some_and(|of| of <= round));
+        tables.push(QueryTable {
+            name: Health::KIND.to_owned(),
+            schema: Health::schema(),
+            files: made
+                .map(|made| (made.round, folder.checked(made.files())))
+                .collect(),
+            with_round: true,
+        });
+    }
     let params = [("round", Param::Integer(round.into()))];
     let mut answers = Vec::new();
     query::stream(

@@ -7,7 +7,7 @@ use crate::config::{Plan, PlannedStage};
 use crate::stages::{ModelState, StageSpec, TableName};
 use ovchat_data::store::LABELS;
 use ovchat_data::tables::{Candidate, DpoStep, Prompt, Reward, Row};
-use ovchat_query as query;
+use ovchat_query::identifier;
 
 const ANSWERS: &str = include_str!("answers.sql");
 const REWARDS: &str = include_str!("rewards.sql");
@@ -117,7 +117,7 @@ fn filled(
 ) -> MetricQuery {
     let mut sql = template.to_owned();
     for (part, stage) in tables {
-        let name = quoted(stage.name.as_str());
+        let name = identifier(stage.name.as_str());
         let is_of_round = *part == "prompts" && !stage.is_static;
         let table = if is_of_round {
             format!("(select * from {name} where round = $round)")
@@ -134,15 +134,6 @@ fn filled(
         source: tables[0].1.name.to_string(),
         sql,
         of_round: of_round.map(|(_, stage)| stage.name.clone()).collect(),
-    }
-}
-
-/// Returns the name of a table in SQL, in quotes if it needs them.
-pub fn quoted(name: &str) -> String {
-    let read = query::tables(&format!("select * from {name}"));
-    match read {
-        Ok(tables) if tables == [name] => name.to_owned(),
-        _ => format!("\"{}\"", name.replace('"', "\"\"")),
     }
 }
 
