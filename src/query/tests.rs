@@ -209,13 +209,18 @@ fn errors_are_told_without_the_words_of_developers() {
 #[test]
 fn names_are_quoted_where_sql_needs_it() {
     assert_eq!(identifier("pairs_2"), "pairs_2");
-    for (name, written) in [
-        ("Pairs", "\"Pairs\""),
-        ("a-b", "\"a-b\""),
-        ("order", "\"order\""),
-        ("a\"b", "\"a\"\"b\""),
-        ("a, b", "\"a, b\""),
+    assert_eq!(identifier("a\"b"), "\"a\"\"b\"");
+    for name in [
+        "Pairs",
+        "a-b",
+        "order",
+        "select",
+        "a\"b",
+        "a, b",
+        "a where true",
+        "1a",
     ] {
-        assert_eq!(identifier(name), written);
+        let read = super::tables(&format!("select * from {} where 1 = 1", identifier(name)));
+        assert_eq!(read.unwrap(), [name]);
     }
 }
